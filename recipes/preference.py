@@ -21,7 +21,7 @@ import numpy as np
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gradacc_hf.config import DataConfig
-from gradacc_hf.config.schema import tokens_per_micro_batch
+from gradacc_hf.config.schema import tokens_per_micro_batch, with_settings
 from gradacc_hf.data.columns import file_rows
 from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
@@ -47,7 +47,8 @@ from gradacc_hf.tasks.preference_losses import KtoLoss, PairLoss
 from gradacc_hf.tasks.preference_metrics import accuracy_of_length, answer_metrics, pair_metrics
 from gradacc_hf.tasks.prompts import answer_samples, write_answers
 from gradacc_hf.tasks.references import References, cache_folder
-from gradacc_hf.training.lora import has_adapters, without_adapters
+from gradacc_hf.training.settings import LoraConfig
+from gradacc_hf.utils.adapters import has_adapters, without_adapters
 from gradacc_hf.utils.hardware import say
 from gradacc_hf.utils.rng import preserve_rng_state
 
@@ -73,8 +74,9 @@ class Preference(Recipe):
         variant: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
         """The variant of dpo."""
         beta: float | None = None
-        """Factor of the rewards. Default: 2 with simpo, else 0.1.
-        The larger it is, the less the model departs from the reference. orpo: weight of the odds ratio."""
+        """Factor of the rewards.
+        Default: 2 with simpo, else 0.1. The larger it is, the less the model departs from the reference.
+        orpo: weight of the odds ratio."""
         gamma: float = 1.0
         """Margin of simpo."""
         label_smoothing: float = 0.0
@@ -104,6 +106,16 @@ class Preference(Recipe):
             yield "label_smoothing", is_possible, "0, except with simpo and dpo sigmoid"
             for name in ("desirable_weight", "undesirable_weight"):
                 yield name, getattr(self, name) > 0, "a number above 0"
+            is_possible = self.beta is None or self.loss != "reward"
+            yield "beta", is_possible, "null with data.loss reward, whose scores have no factor"
+            of_kto = dict.fromkeys(("desirable_weight", "undesirable_weight"), "kto")
+            for name, loss in {"gamma": "simpo", **of_kto}.items():
+                default = getattr(type(self), name)
+                is_possible = self.loss == loss or getattr(self, name) == default
+                yield name, is_possible, f"{default:g}, except with data.loss {loss}"
+            weighs = self.loss in ("simpo", "reward") or (self.loss == "dpo" and self.variant != "hinge")
+            is_possible = weighs or self.weight_column is None
+            yield "weight_column", is_possible, "null with data.loss kto and orpo, and dpo hinge"
             yield "samples", self.samples >= 0, "0 prompts or more"
             yield "sample_tokens", self.sample_tokens >= 1, "1 token or more"
 
@@ -241,9 +253,12 @@ class Preference(Recipe):
             self.before_training(self.started_from(), [examples], accelerator)
 
     def started_from(self):
-        """Return the model from which training starts."""
+        """Return the model from which training starts. New adapters change nothing, and are left out."""
+        config = self.config
+        if not config.model.load_in_4bit and not (self.earlier and self.earlier.has_adapters):
+            config = with_settings(config, {"model.lora": LoraConfig()})
         with preserve_rng_state():
-            return make_model(type(self)(self.config))
+            return make_model(type(self)(config))
 
     def kl(self, model, windows, accelerator):
         """Return `kl`, a mean over the answer tokens of some examples, if the reference is there."""

@@ -216,7 +216,8 @@ class ExampleLosses:
                 return numbers.repeat_interleave(torch.from_numpy(self.lengths).to(target.device))
         else:
             labels: Any = self.batch.get("labels")
-            of_tokens = isinstance(labels, torch.Tensor) and labels.ndim == 2 and len(labels) == number
+            of_tokens = isinstance(labels, torch.Tensor) and labels.ndim == 2
+            of_tokens = of_tokens and len(labels) == number  # not of pairs, which have two rows each
             either: Sequence[torch.Tensor] = (labels, labels[:, 1:]) if of_tokens else ()
             for own in either:  # causal models shift labels
                 if elements == own.numel():

@@ -174,6 +174,8 @@ class _FirstPass:
         """Return the loss of the window. The gradient is this micro-batch's part, divided by its weight."""
         if not (weight := self.weights[position]):
             return sums.new_zeros(())
+        if call >= len(self.derivatives):
+            raise LoopError("look_ahead ran in evaluation mode: call model.train() before it")
         first = self.here[position][call]
         if self.checks and float((sums.detach() - first).norm() / first.norm()) > SUMS_RTOL:
             raise LoopError(

@@ -285,7 +285,7 @@ class DeferredLogits:
 
     def _read(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
         """Return the result of a function that needs no logits, or few at a time; None for others."""
-        if func is cross_entropy:
+        if getattr(func, "replaces", func) is cross_entropy:  # `ExampleLosses` may have replaced it
             return self._cross_entropy(*args[1:], **kwargs) if args[0] is self else None
         if name in _OF_POSITIONS and args[0] is self:
             return self._moved(name, args[1:]) if not kwargs else None

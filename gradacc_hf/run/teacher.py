@@ -47,7 +47,7 @@ def teacher_facts(recipe: Recipe, windows: WindowLoader) -> dict[str, Any] | Non
 
 def share_kept(metric: str, direction: str, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> float:
     """Return the student's share of the teacher's metric; NaN if it is unknown, or lower is better."""
-    own, of_teacher = (float(scores.get(metric) or math.nan) for scores in (student, teacher))
+    own, of_teacher = (math.nan if (score := of.get(metric)) is None else score for of in (student, teacher))
     return own / of_teacher if direction == "max" and of_teacher > 0 else math.nan
 
 

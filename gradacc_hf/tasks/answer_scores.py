@@ -75,12 +75,15 @@ class _ModelInputs:
     def __init__(self, loss: Any, with_labels: bool):
         self.loss, self.with_labels = loss, with_labels
 
+    def __deepcopy__(self, memo: dict) -> "_ModelInputs":
+        return self  # the loss of a run is also the loss of copies of a model
+
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kept = {name: value for name, value in kwargs.items() if name not in _BESIDE_ROWS}
         if not self.with_labels:
             kept.pop("labels", None)
         elif kept.get("labels") is not None:
-            if KL_ROWS[0] in kwargs and self.loss.point is None and not is_fake(kwargs[KL_ROWS[0]]):
+            if KL_ROWS[0] in kwargs and not self.loss.knows_point and not is_fake(kwargs[KL_ROWS[0]]):
                 kept |= _joined(kept, rows_of(kwargs, KL_ROWS), module.config.pad_token_id or 0)
             if "use_cache" in inspect.signature(module.forward).parameters:
                 kept["use_cache"] = False

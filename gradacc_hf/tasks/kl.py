@@ -51,8 +51,9 @@ def mean_kl(
             if number < len(answers):
                 each = _of_tokens(of_model, of_reference)
                 sums += torch.stack([each.sum(), each.new_tensor(len(each))])
-    total, tokens = accelerator.reduce(sums, reduction="sum").tolist()
-    return total / tokens
+    of_all: Any = accelerator.reduce(sums, reduction="sum")
+    total, tokens = of_all.tolist()
+    return max(total / tokens, 0.0)  # below 0 by rounding, for equal models
 
 
 def _logits(model: Any, answer: Answer, device: torch.device) -> torch.Tensor:

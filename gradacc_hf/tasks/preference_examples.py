@@ -57,7 +57,7 @@ def examples_of(rows: Dataset, single: bool, max_length: int) -> Dataset:
     columns = [name for name in rows.column_names if name.endswith(("_input_ids", "_labels"))]
     if not single:
         return rows.select_columns([*columns, *carried(rows)])
-    previous = rows.select([len(rows) - 1, *range(len(rows) - 1)]).select_columns(columns)
+    previous = rows.select(rows_of_other_prompts(rows)).select_columns(columns)
     previous = previous.rename_columns({name: f"previous_{name}" for name in columns})
     kept = [*columns, *OF_ROWS, *carried(rows)]
     both = concatenate_datasets([rows.select_columns(kept), previous], axis=1)
@@ -65,8 +65,25 @@ def examples_of(rows: Dataset, single: bool, max_length: int) -> Dataset:
     return both.map(_single_answers, batched=True, fn_kwargs=settings, remove_columns=both.column_names)
 
 
+def rows_of_other_prompts(rows: Dataset) -> list[int]:
+    """Return for each row the nearest row before it with another prompt. The last row precedes the first.
+
+    If all rows have one prompt, return the row before each row.
+    """
+    columns: Any = rows.select_columns(["chosen_input_ids", "chosen_labels"])
+    prompts = [tuple(row["chosen_input_ids"][: answer_span(row["chosen_labels"])[0]]) for row in columns]
+    first = next((row for row in range(len(prompts)) if prompts[row] != prompts[row - 1]), None)
+    if first is None:
+        return [len(prompts) - 1, *range(len(prompts) - 1)]
+    found = [0] * len(prompts)
+    for place in range(first, first + len(prompts)):
+        row, before = place % len(prompts), (place - 1) % len(prompts)
+        found[row] = before if prompts[row] != prompts[before] else found[before]
+    return found
+
+
 def _single_answers(rows: Any, max_length: int) -> dict[str, list[Any]]:
-    """Return each answer of a batch of rows as an example, with the answer of the previous row for the KL."""
+    """Return each answer of a batch of rows as an example, with an answer to another prompt for the KL."""
     names = [name for name in PAIR if f"{name}_labels" in rows]
     kept = [name for name in rows if not name.startswith(("chosen_", "rejected_", "previous_", *OF_ROWS))]
     new = ("input_ids", "labels", "kl_input_ids", "kl_labels", "desirable")

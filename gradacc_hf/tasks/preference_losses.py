@@ -54,7 +54,7 @@ class PairLoss:
     name: str
     variant: str = "sigmoid"
     beta: float = 0.1
-    gamma: float = 0.5
+    gamma: float = 1.0
     label_smoothing: float = 0.0
     weighs_labels: ClassVar[bool] = False  # read by the preflight check: token ids have no class weights
 
@@ -128,6 +128,11 @@ class KtoLoss:
         """z of the current window, until the last micro-batch."""
         self._window: Window | None = None
 
+    @property
+    def knows_point(self) -> bool:
+        """Whether z of the current window is known. A window may be left before the last micro-batch."""
+        return self._window is not None and self._window.position is not None
+
     @torch.no_grad()
     def look_ahead(self, model: torch.nn.Module, window: Window) -> None:
         """Compute z of a window over all processes."""
@@ -140,7 +145,7 @@ class KtoLoss:
         if accelerator.distributed_type != DistributedType.FSDP:
             # DDP's forward is collective, and processes have unequal numbers of micro-batches.
             model = accelerator.unwrap_model(model)
-        sums, self.point = torch.zeros(2, device=accelerator.device), None
+        sums, self.point, self._window = torch.zeros(2, device=accelerator.device), None, None
         for batch in window.forward_pass():
             scores = scores_of(model(**rows_of(batch, KL_ROWS)))
             if window.micro_batch.num_items:  # an idle micro-batch adds nothing
@@ -151,10 +156,10 @@ class KtoLoss:
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
         scores, number = scores_of(outputs), len(batch[TOKENS])
-        point, window = self.point, self._window
-        if point is None:
+        point: Any = self.point
+        if not self.knows_point:
             point = self.reference_point(scores[number:].detach(), batch[REFERENCE][:, 1])
-        elif window is not None and window.position in (None, len(window) - 1):
+        elif self._window is not None and self._window.position == len(self._window) - 1:
             self.point = self._window = None
         return self.mean(scores[:number] - batch[REFERENCE][:, 0], batch["desirable"], point)
 

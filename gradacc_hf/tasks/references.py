@@ -7,6 +7,7 @@ it resumes with the same ones.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -35,6 +36,8 @@ from gradacc_hf.utils.rng import preserve_rng_state
 FILE = "references.safetensors"
 """The file in the folder of a run."""
 KEY_BYTES = 16  # of a hash of token ids
+NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+"""Settings of a model's config that change no log-probability."""
 Answer = tuple[Sequence[int], Sequence[int]]
 """Token ids, and as labels the ids that count, else −100."""
 
@@ -164,15 +167,21 @@ def _on_device(model: Any, accelerator: Accelerator) -> Any:
 
 
 def fingerprint(model: torch.nn.Module, accelerator: Accelerator) -> str:
-    """Return a hash of the weights and the precision. New adapters, which change nothing, are left out."""
+    """Return a hash of the weights, the config, the scales of adapters and the precision.
+
+    New adapters, which change nothing, are left out.
+    """
     state = model.state_dict()
     added = [tensor for name, tensor in state.items() if ".lora_B." in name]
+    adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_B")]
+    scales = [(name, module.scaling) for name, module in adapted]
     if not any(tensor.any() for tensor in added):
         state = {name.replace(".base_layer.", "."): t for name, t in state.items() if ".lora_" not in name}
+        scales = []
     config: Any = model.config
-    digest = hashlib.sha256(
-        f"{type(model).__name__} {accelerator.mixed_precision} {config.model_type}".encode()
-    )
+    settings = {name: value for name, value in config.to_dict().items() if name not in NOT_COMPUTED}
+    about = [type(model).__name__, accelerator.mixed_precision, settings, scales]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

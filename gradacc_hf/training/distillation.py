@@ -2,6 +2,8 @@
 
 Loss: (1 − w) · task loss + w · T² · KL(teacher ‖ student), with both distributions at temperature T.
 
+The router loss of a mixture of experts is added with the factor of the model, without 1 − w.
+
 The divergence is a mean over the items of the task loss. So every split gives the gradient of the whole
 window. The teacher runs without gradients, before the student's forward, in the student's autocast. In
 evaluation mode, the loss is the task loss alone.
@@ -14,7 +16,7 @@ Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cache, wraps
 from types import MethodType
 from typing import Any
@@ -32,6 +34,7 @@ from gradacc_hf.padding.logits import (
     deferred,
     skips_logits,
 )
+from gradacc_hf.training.experts import router_loss_factor
 from gradacc_hf.utils.precision import weights_held_in
 
 Items = Callable[[torch.Tensor, Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor | None]]
@@ -88,6 +91,8 @@ class Distillation:
         self.task_loss, self.items = task_loss, items
         self.temperature, self.weight, self.several = temperature, weight, several
         self._logits: Any = None  # the teacher's logits of the current micro-batch
+        self._router_factor = 0.0  # of the router loss in the student's loss
+        self._dtype: torch.dtype | None = None  # of the student's weights; None: autocast chooses
         self._inputs = inspect.signature(teacher.forward).parameters
 
     def __deepcopy__(self, memo: dict) -> "Distillation":
@@ -104,7 +109,7 @@ class Distillation:
 
     def run_teacher(self, student: Any, inputs: Mapping[str, Any]) -> None:
         """Compute the teacher's logits for the inputs of a student."""
-        self._logits = None
+        self._logits, self._router_factor = None, router_loss_factor(student)
         if not student.training or inputs.get("labels") is None:
             return
         weight = next(student.parameters())
@@ -113,11 +118,14 @@ class Distillation:
         given = {name: value for name, value in inputs.items() if name in self._inputs and name != "labels"}
         if "use_cache" in self._inputs:  # with a cache, no padding is removed
             given["use_cache"] = False
+        if "output_router_logits" in self._inputs:  # the router loss is of the student's experts alone
+            given["output_router_logits"] = False
         head = self.teacher.get_output_embeddings()
+        self._dtype = None if torch.is_autocast_enabled(weight.device.type) else weight.dtype
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            if not torch.is_autocast_enabled(weight.device.type):
-                stack.enter_context(weights_held_in(self.teacher, weight.dtype))
+            if self._dtype is not None:
+                stack.enter_context(weights_held_in(self.teacher, self._dtype))
             if skips_logits(student) and hasattr(head, "out_features"):
                 stack.enter_context(deferred(head, TOKENS_PER_CHUNK))
             self._logits = self.teacher(**given).logits
@@ -132,19 +140,26 @@ class Distillation:
         parts = divergence(student, teacher, self.temperature, self.several)
         weights = torch.ones_like(parts) if weights is None else weights.to(parts)
         mean = (parts * weights).sum() / weights.sum().clamp(min=torch.finfo(parts.dtype).tiny)
-        return (1 - self.weight) * loss + self.weight * mean
+        router_loss = getattr(outputs, "aux_loss", None)
+        beside = 0.0 if router_loss is None else self._router_factor * router_loss.to(loss.device)
+        return (1 - self.weight) * (loss - beside) + self.weight * mean + beside
 
     def row_loss(self) -> RowLoss | None:
         """Return the loss of rows of the current micro-batch, for `add_row_loss`; None without a teacher."""
-        taught, self._logits = self._logits, None
+        taught, dtype, self._logits = self._logits, self._dtype, None
         if taught is None:
             return None
+        head = self.teacher.get_output_embeddings()
+
+        @torch.no_grad()
+        def of_teacher(positions: torch.Tensor) -> torch.Tensor:
+            if not isinstance(taught, DeferredLogits):
+                return taught.flatten(0, -2)[positions]
+            with nullcontext() if dtype is None else weights_held_in(head, dtype):
+                return taught.at(positions)
 
         def loss(losses: torch.Tensor, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                is_deferred = isinstance(taught, DeferredLogits)
-                teacher = taught.at(positions) if is_deferred else taught.flatten(0, -2)[positions]
-            parts = divergence(logits, teacher, self.temperature)
+            parts = divergence(logits, of_teacher(positions), self.temperature)
             return (1 - self.weight) * losses + self.weight * parts
 
         return loss

@@ -40,6 +40,13 @@ def set_router_loss(model: torch.nn.Module, setting: Literal["window", "micro_ba
     return f"over the window, by one more forward pass; {times}"
 
 
+def router_loss_factor(head: torch.nn.Module) -> float:
+    """Return the factor of `aux_loss` in the loss of a head; 0 for a head without a router loss."""
+    if not router_functions(head):
+        return 0.0
+    return next((float(getattr(head, name)) for name in COEFFICIENTS if hasattr(head, name)), 0.0)
+
+
 def _only_in_training(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
     """Leave the router loss out of evaluations, and of `generate`, where transformers fails with a cache."""
     return args, kwargs if module.training else kwargs | {"output_router_logits": False}

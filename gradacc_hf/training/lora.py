@@ -9,8 +9,7 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; in 4 bits: Dettmers et
 import fnmatch
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -165,33 +164,6 @@ def load_adapter_weights(model: Any, folder: Path) -> None:
     trained = sum(parameter.requires_grad for parameter in model.parameters())
     if found.unexpected_keys or len(saved) != trained:
         raise ValueError(f"they are {len(saved)} tensors, and {trained} are trained here")
-
-
-def has_adapters(model: torch.nn.Module) -> bool:
-    """Whether a model has adapters of peft."""
-    return bool(_of_adapters(model))
-
-
-@contextmanager
-def without_adapters(model: Any) -> Iterator[Any]:
-    """Yield the model while its adapters, and the modules that are trained with them, have no effect."""
-    parts = _of_adapters(model)
-    try:
-        for part in parts:
-            part.enable_adapters(False)
-        yield model
-    finally:
-        for part in parts:  # `enable_adapters` of transformers leaves out the modules
-            part.enable_adapters(True)
-
-
-def _of_adapters(model: torch.nn.Module) -> list[Any]:
-    if find_spec("peft") is None:
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    return [part for part in model.modules() if isinstance(part, BaseTunerLayer | ModulesToSaveWrapper)]
 
 
 def write_merged(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:

@@ -49,6 +49,10 @@ class MuonWithAdamW(Optimizer):
         self._parts = [(part, len(part.param_groups)) for part in parts]
         super().__init__([group for part in parts for group in part.param_groups], {"lr": lr})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs. An optimizer of torch copies only groups and states."""
+        return {**super().__getstate__(), "_parts": self._parts}
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step both parts. They get the present groups and states, which loading replaces."""
         loss = None

@@ -200,14 +200,16 @@ def learning_rate(optim: OptimConfig, window: int, total_windows: int | None, st
 def _shape(optim: OptimConfig, total: int) -> Callable[[int], float]:
     """Return the factor of the learning rate by the windows, or the examples, before a window."""
     name, more = optim.scheduler, dict[str, Any]()
+    warmup = math.ceil(total * optim.warmup_ratio)
     if name == "constant":
         name = "constant_with_warmup"
     elif name == "wsd":  # 1-sqrt decays best in Hägele et al. 2024, https://arxiv.org/abs/2405.18392
-        name, more = "warmup_stable_decay", {"num_decay_steps": math.ceil(total * optim.decay_ratio)}
+        decay = min(math.ceil(total * optim.decay_ratio), total - warmup)  # both are rounded up
+        name, more = "warmup_stable_decay", {"num_decay_steps": decay}
         more |= {"decay_type": "1-sqrt", "min_lr_ratio": optim.min_lr_ratio}
     elif name == "cosine" and optim.min_lr_ratio:
         name, more = "cosine_with_min_lr", {"min_lr_rate": optim.min_lr_ratio}
-    some, warmup = SGD([torch.zeros(1)], lr=1.0), math.ceil(total * optim.warmup_ratio)
+    some = SGD([torch.zeros(1)], lr=1.0)
     scheduler: Any = transformers.get_scheduler(name, some, warmup, total, more)
     return scheduler.lr_lambdas[0]
 

@@ -10,7 +10,8 @@ warning when it loads adapters, and peft also loads `…lora_magnitude_vector.we
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,35 @@ ADAPTER = "default"  # peft's name for a single adapter
 ADAPTER_CONFIG = "adapter_config.json"
 LENGTHS = "lora_magnitude_vector"
 PARTS = ("lora_A", "lora_B")
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether a model has adapters of peft."""
+    return any(hasattr(module, PARTS[0]) for module in model.modules())
+
+
+@contextmanager
+def without_adapters(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield a model whose adapters, and the modules trained with them, have no effect in the block.
+
+    The same parameters are trained after it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # late: slow to import
+    from peft.utils import ModulesToSaveWrapper
+
+    kinds = BaseTunerLayer, ModulesToSaveWrapper
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = [layer.disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield model
+    finally:
+        for layer, was_disabled in zip(layers, before, strict=True):
+            layer.enable_adapters(not was_disabled)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
 
 def keep_initial_adapters(model: torch.nn.Module) -> None:

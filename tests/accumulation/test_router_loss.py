@@ -138,6 +138,9 @@ def test_a_loop_that_leaves_out_or_confuses_the_first_pass_is_told_so():
         head.model(**batch)
     with pytest.raises(LoopError, match="look_ahead read 2 micro-batches, and the loop trains on more"):
         head.model(**batches[0])
+    router_loss.look_ahead(head.model.eval(), batches)
+    with pytest.raises(LoopError, match=r"look_ahead ran in evaluation mode: call model\.train\(\)"):
+        head.model.train()(**batches[0])
 
 
 def test_it_is_exact_where_padding_is_removed():

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradacc_hf.accumulation.accelerate_state import reset_accelerate
+from gradacc_hf.accumulation.look_ahead import look_ahead
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT, read_gradient, relative_error
 from gradacc_hf.config.schema import with_settings
@@ -24,7 +25,7 @@ from gradacc_hf.run.padding import choose_padding
 from gradacc_hf.run.plan import make_plan
 from gradacc_hf.run.runner import run
 from gradacc_hf.run.setup import load_data, make_model, make_windows
-from gradacc_hf.run.teacher import teacher_facts
+from gradacc_hf.run.teacher import share_kept, teacher_facts
 
 CLASSES = {
     name: getattr(load_recipe(name), class_name)
@@ -61,6 +62,17 @@ def llama(folder, layers, seed, vocabulary=259):
     )  # fmt: skip
     torch.manual_seed(seed)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def mixtral(folder, layers, seed):
+    config = transformers.MixtralConfig(
+        vocab_size=259, num_hidden_layers=layers, num_key_value_heads=2, initializer_range=0.2,
+        num_local_experts=4, router_aux_loss_coef=0.5,
+        bos_token_id=256, eos_token_id=257, pad_token_id=258, **SIZES,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 
@@ -131,7 +143,7 @@ def parts(models, kind, *more, **changes):
 
 def of_formula(recipe, window, windows):
     """The gradient of the formula, from all logits of the whole window in one batch."""
-    changes = {"model.teacher": None, "budget.lean_loss": False}
+    changes = {"model.teacher": None, "budget.lean_loss": False, "model.router_loss": "none"}
     student = make_model(recipe.with_config(with_settings(recipe.config, changes))).train()
     teacher = type(recipe).model_class.from_pretrained(recipe.config.model.teacher).eval()
     batch = windows.collated(window.indices, window.pad_to).batch
@@ -229,6 +241,64 @@ def test_the_gradient_is_that_of_the_formula_over_the_whole_window(models, case,
     assert window.loss == pytest.approx(loss, rel=1e-5)
     if changes.get("budget__lean_loss") == "true":
         assert largest.rows == 7  # the logits of one chunk, of either model
+
+
+@pytest.mark.parametrize("lean", ["true", "false"])
+def test_the_router_loss_is_of_the_student_alone_with_the_factor_of_the_model(models, lean, tmp_path):
+    mixtral(tmp_path / "student", 2, seed=5)
+    mixtral(tmp_path / "teacher", 3, seed=6)
+    names = {"model__name": tmp_path / "student", "model__teacher": tmp_path / "teacher"}
+    budget = {"budget__micro_batch_size": 5, "budget__lean_loss": lean, "budget__padding_free": "off"}
+    recipe, windows, _, model = parts(models, "causal_lm", **names, **budget)
+    window = next(iter(windows))
+    look_ahead(recipe.compute_loss, model, window)
+    for batch in window:
+        with window.accelerator.accumulate(model):
+            window.accelerator.backward(window.weigh(recipe.compute_loss(model(**batch), batch)))
+    of_routers = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "student")
+    batch = windows.collated(window.indices, window.pad_to).batch
+    router_loss = 0.5 * of_routers(**batch, output_router_logits=True).aux_loss
+    router_loss.backward()
+    expected, loss = of_formula(recipe, window, windows)
+    for name, parameter in of_routers.named_parameters():
+        expected[name] = expected[name] + (0.0 if parameter.grad is None else parameter.grad)
+    assert relative_error(read_gradient(model), expected) <= EXACT
+    assert window.loss == pytest.approx(loss + float(router_loss), rel=1e-5)
+
+
+def test_a_teacher_teaches_a_mixture_with_few_logits_at_a_time(models):
+    reset_accelerate()
+    budget = {"budget__micro_batch_size": 5, "budget__lean_loss": "true", "budget__padding_free": "off"}
+    recipe = make_recipe(CLASSES["causal_lm"], *flags(models, "causal_lm", **budget))
+    recipe, training, validation = load_data(recipe)
+    recipe.sources, recipe.shares = ["a", "b"] * 12, {"a": "1", "b": "1"}
+    windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True))
+    model, window = make_model(recipe).train(), next(iter(windows))
+    for batch in window:
+        with window.accelerator.accumulate(model):
+            window.accelerator.backward(window.weigh(recipe.compute_loss(model(**batch), batch)))
+    expected, loss = of_formula(recipe, window, windows)
+    assert relative_error(read_gradient(model), expected) <= EXACT
+    assert window.loss == pytest.approx(loss, rel=1e-5)
+    least, most = sorted(window.source_losses.values())
+    assert least < loss < most
+
+
+def test_a_teacher_in_bf16_teaches_a_student_in_float32_with_few_logits_at_a_time(models):
+    losses = []
+    for lean in ("true", "false"):
+        recipe, windows, _, model = parts(models, "causal_lm", budget__lean_loss=lean)
+        recipe.distillation.teacher.bfloat16()
+        batch = windows.collated(range(3), None).batch
+        losses.append(float(recipe.compute_loss(model(**batch), batch)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_student_with_a_metric_of_0_keeps_nothing_of_the_teacher():
+    scores = {"accuracy": 0.0}, {"accuracy": 0.5}
+    assert share_kept("accuracy", "max", *scores) == 0
+    assert np.isnan(share_kept("accuracy", "max", *scores[::-1]))
+    assert np.isnan(share_kept("f1", "max", *scores))
 
 
 REFUSED = {

@@ -17,7 +17,7 @@ from gradacc_hf.accumulation.accelerate_state import reset_accelerate
 from gradacc_hf.accumulation.loss_items import IGNORED
 from gradacc_hf.accumulation.reference import EXACT, RecordGradients, read_gradient, relative_error
 from gradacc_hf.run.setup import make_model, make_windows
-from gradacc_hf.training.loop import train
+from gradacc_hf.training.loop import evaluate, train
 
 Preference = load_recipe("preference").Preference
 SMALL = ["--budget.max_tokens", "400", "--data.sample_tokens", "3", "--data.samples", "2"]
@@ -86,6 +86,25 @@ def check_kto(recipe, model, batch):
     wanted = (weights * (1 - torch.sigmoid(0.1 * sign * (ratios[0] - point)))).mean()
     found = recipe.loss(model.requires_grad_(True)(**batch), batch)
     assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_kto_is_evaluated_after_a_window_that_was_left(settings):
+    recipe = make_recipe(Preference, *settings, "--data.loss", "kto", "--budget.micro_batch_size", "3")
+    training, validation = recipe.read_examples()
+    accelerator = Accelerator(cpu=True)
+    windows, others = make_windows(recipe, training, validation, accelerator)
+    model = make_model(recipe)
+    recipe.before_training(model, [training, validation], accelerator)
+    model = accelerator.prepare(model)
+    options = {"accelerator": accelerator, "compute_loss": recipe.loss, "predict": recipe.predict}
+    before = evaluate(model, others, **options).predictions
+    for window in windows:
+        recipe.loss.look_ahead(model, window)
+        for batch in window:
+            recipe.loss(model(**batch), batch)
+            break
+        break
+    assert np.array_equal(evaluate(model, others, **options).predictions, before)
 
 
 def test_an_example_of_kto_has_an_answer_to_another_prompt_of_the_same_kind(settings):
@@ -221,6 +240,11 @@ def test_a_reward_model_scores_texts_and_rows(start, gradacc):
             ["--data.loss", "kto", "--data.label_smoothing", "0.1"],
             "data.label_smoothing: found 0.1, allowed is 0",
         ),
+        (["--data.gamma", "2"], "data.gamma: found 2.0, allowed is 1, except with data.loss simpo"),
+        (
+            ["--data.loss", "orpo", "--data.weight_column", "w"],
+            "data.weight_column: found 'w', allowed is null",
+        ),
         (["--data.beta", "0"], "data.beta: found 0.0, allowed is a number above 0"),
         (["--data.streaming", "true"], "data.streaming: Preference needs all rows at once"),
         (["--data.max_length", "20"], "chosen: the text to learn begins at token"),
@@ -234,10 +258,27 @@ def test_settings_that_cannot_work_are_refused_in_one_line(settings, capfd, word
     assert outcome.err.count("\n") == 1
 
 
-def test_weights_of_rows_reach_the_loss_of_pairs(settings):
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "reward"])
+def test_weights_of_rows_reach_the_loss_of_pairs(settings, loss):
+    """The gradient of a window is that of the weighted mean, from each pair by itself."""
     rows = [{**row, "w": float(number % 3)} for number, row in enumerate(pairs())]
     write_rows("weighed.jsonl", rows)
-    flags = ["--data.train", "weighed.jsonl", "--data.weight_column", "w"]
-    recipe = make_recipe(Preference, *merged(settings, flags))
-    recipe.read_examples()
-    assert np.unique(recipe.example_weights).tolist() == [0.0, 1.0, 2.0]
+    flags = ["--data.train", "weighed.jsonl", "--data.weight_column", "w", "--budget.micro_batch_size", "3"]
+    recipe = make_recipe(Preference, *merged(settings, LOSSES[loss], flags))
+    training, validation = recipe.read_examples()
+    accelerator = Accelerator(cpu=True)
+    windows, _ = make_windows(recipe, training, validation, accelerator)
+    trained, alone = make_model(recipe), make_model(recipe)
+    recipe.before_training(trained, [training, validation], accelerator)
+    indices, total = windows.plan.indices(0, 0), 0.0
+    weights = recipe.example_weights[indices]
+    assert set(weights) == {0.0, 1.0, 2.0}
+    for index, weight in zip(indices, weights, strict=True):
+        batch = recipe.collate(windows.examples([index]))
+        total = total + weight * recipe.loss(alone(**batch), batch)
+    (total / weights.sum()).backward()
+    model, optimizer = accelerator.prepare(trained, RecordGradients(trained))
+    options = {"accelerator": accelerator, "compute_loss": recipe.loss, "max_windows": 1}
+    [record] = train(model, optimizer, windows, **options)
+    assert relative_error(optimizer.optimizer.gradients[0], read_gradient(alone)) < EXACT
+    assert record.loss == pytest.approx(float(total / weights.sum()), rel=1e-5)

@@ -25,6 +25,8 @@ from gradacc_hf.tasks.preference_formats import MixedPreferences, answers_to_sco
 from gradacc_hf.tasks.preference_losses import KtoLoss, PairLoss, log_one_minus_exp
 from gradacc_hf.tasks.preference_metrics import accuracy_of_length, answer_metrics, pair_metrics
 from gradacc_hf.tasks.references import References
+from gradacc_hf.training.lora import add_lora
+from gradacc_hf.training.settings import LoraConfig
 
 SCORES = np.array([[-9.0, -14.0], [-20.0, -3.5], [-6.0, -6.5]])
 REFERENCE = np.array([[-10.0, -11.0], [-19.0, -3.0], [-7.0, -6.0]])
@@ -252,6 +254,40 @@ def test_inputs_of_a_reward_model_are_texts_chats_and_rows():
         answers_to_score({"a": 1}, "input 3")
 
 
+def kto_examples(*sources):
+    """The examples of KTO from rows of each source: answer, answer for the KL, whether it is desirable."""
+    tokenizer = byte_tokenizer()
+    forms = MixedPreferences(tuple(find_format([Dataset.from_list(rows)], True) for rows in sources))
+    rows = [{**row, SOURCE: number} for number, rows in enumerate(sources) for row in rows]
+    columns = {
+        name: [row.get(name) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)
+    }
+    settings = {"tokenizer": tokenizer, "forms": forms, "max_length": 99}
+    tokens = Dataset.from_dict(columns).map(features, fn_kwargs=settings)
+    found = examples_of(tokens, True, 99)
+    texts = [
+        [tokenizer.decode(row[f"{p}input_ids"]).removesuffix("</s>") for row in found] for p in ("", "kl_")
+    ]
+    return [*zip(*texts, found["desirable"], strict=True)]
+
+
+def test_kto_pairs_each_answer_with_an_answer_to_the_nearest_other_prompt():
+    rows = [{"prompt": p, "completion": a, "label": a > "b"} for p, a in zip("qqrs", "abcd", strict=True)]
+    expected = [("qa", "qd", False), ("qb", "qd", False), ("rc", "rb", True), ("sd", "sc", True)]
+    assert kto_examples(rows) == expected
+    one_prompt = [{**row, "prompt": "q"} for row in rows]
+    assert [other for _, other, _ in kto_examples(one_prompt)] == ["qd", "qa", "qb", "qc"]
+
+
+def test_a_pair_of_kto_has_no_use_for_a_label_and_mixes_with_single_answers():
+    pairs = [{"prompt": p, "chosen": p + "+", "rejected": p + "-", "label": False} for p in "qr"]
+    of_pairs = [("qq+", "qr+", True), ("qq-", "qr-", False), ("rr+", "rq+", True), ("rr-", "rq-", False)]
+    assert kto_examples(pairs) == of_pairs
+    single = [{"prompt": "s", "completion": "a", "label": True}]
+    found = kto_examples([{**row, "label": None} for row in pairs], single)
+    assert found == [("qq+", "qa", True), ("qq-", "qa", False), *of_pairs[2:], ("sa", "sr+", True)]
+
+
 ANSWERS = [(list(range(5, 5 + size)), [IGNORED, *range(6, 5 + size)]) for size in (3, 9, 4, 9, 6)]
 
 
@@ -289,6 +325,20 @@ def test_references_are_computed_once_and_read_from_the_cache(llama, tmp_path, m
     assert values(ANSWERS) != first
     assert len([*(tmp_path / "gradacc_hf").iterdir()]) == 2
     assert math.isnan(References()[ANSWERS[0]])
+
+
+def test_cached_references_depend_on_the_config_and_on_the_scale_of_adapters(llama):
+    def key(alpha=None, name="llama", **changes):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**{**llama.config.to_dict(), **changes, "_name_or_path": name}))
+        if alpha:
+            add_lora(model, LoraConfig(rank=2, alpha=alpha), set())
+        if alpha and alpha > 1:
+            torch.nn.init.ones_(model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+        return references.fingerprint(model, Accelerator(cpu=True))
+
+    assert key() == key(name="elsewhere") == key(alpha=1)  # new adapters change nothing
+    assert len({key(), key(rms_norm_eps=0.1), key(alpha=2), key(alpha=4)}) == 4
 
 
 def test_micro_batches_of_references_do_not_exceed_the_tokens_unless_one_answer_does():

@@ -28,11 +28,11 @@ from gradacc_hf.training.lora import (
     four_bit,
     installed_mismatch,
     peft_mismatch,
-    without_adapters,
     write_merged,
 )
 from gradacc_hf.training.optimizer import choose_trained, make_optimizer
 from gradacc_hf.training.settings import LoraConfig, OptimConfig
+from gradacc_hf.utils.adapters import without_adapters
 from gradacc_hf.utils.files import save_model
 from gradacc_hf.utils.modeling import checkpoint_activations, disable_dropout
 from gradacc_hf.verification.tiny_models import build_head

@@ -1,5 +1,7 @@
 """Muon with AdamW: which weights each part trains, as one optimizer with the same numbers as two."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -52,6 +54,24 @@ def steps(model, optimizers, factors, load_after=None):
             schedule.step()
 
 
+def test_a_copy_of_muon_with_adamw_steps_by_itself():
+    model = build_head("causal_lm", "llama").model
+    optimizer = make_optimizer(model, MUON)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    for each in (optimizer, copied):
+        for group in each.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+    copied.step()
+    assert not torch.equal(copied_model.lm_head.weight, model.lm_head.weight)
+    optimizer.step()
+    for parameter, other in zip(model.parameters(), copied_model.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
 @pytest.mark.parametrize("load_after", [None, 2])
 def test_one_optimizer_of_two_parts_steps_as_two_optimizers(load_after):
     one, two = (build_head("causal_lm", "llama").model for _ in range(2))
@@ -78,6 +98,14 @@ def test_muon_without_a_matrix_to_train_is_refused():
         InputError, match=r"^optim\.name: found muon, and no matrix .* is trained; use adamw$"
     ):
         make_optimizer(model, MUON)
+
+
+@pytest.mark.parametrize("total", [3, 5, 9])
+def test_warmup_and_decay_of_all_windows_reach_the_full_rate(total):
+    wsd = OptimConfig(lr=1.0, scheduler="wsd", warmup_ratio=0.5, decay_ratio=0.5)
+    rates = [learning_rate(wsd, window, total) for window in range(1, total + 2)]
+    assert max(rates) == rates[-(-total // 2)] == 1  # both parts are rounded up to whole windows
+    assert rates[-1] == 0
 
 
 def test_a_floor_is_where_cosine_ends_and_the_long_name_of_constant_is_the_same():
