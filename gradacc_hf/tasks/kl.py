@@ -51,7 +51,8 @@ def mean_kl(
             if number < len(answers):
                 each = _of_tokens(of_model, of_reference)
                 sums += torch.stack([each.sum(), each.new_tensor(len(each))])
-    total, tokens = accelerator.reduce(sums, reduction="sum").tolist()
+    reduced: Any = accelerator.reduce(sums, reduction="sum")
+    total, tokens = reduced.tolist()
     return total / tokens
 
 
