@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.config import DataConfig
 from gradacc_hf.config.schema import tokens_per_micro_batch, with_settings
 from gradacc_hf.data.columns import file_rows
@@ -50,6 +52,7 @@ from gradacc_hf.tasks.references import References, cache_folder
 from gradacc_hf.training.settings import LoraConfig
 from gradacc_hf.utils.adapters import has_adapters, without_adapters
 from gradacc_hf.utils.hardware import say
+from gradacc_hf.utils.memory import release_memory
 from gradacc_hf.utils.rng import preserve_rng_state
 
 
@@ -270,12 +273,28 @@ class Preference(Recipe):
         from_new_adapters &= self.config.model.lora.init == "default"
         if has_adapters(inner) and from_new_adapters:
             return {"kl": mean_kl(inner, partial(without_adapters, inner), answers, accelerator)}
-        try:
-            reference = self.started_from().to(accelerator.device).eval()
-        except InputError as error:  # an evaluation after the run
-            say(f"kl is left out, as the model from which training started is not there: {error}")
+        if (reference := self.second_model(accelerator)) is None:
             return {}
         return {"kl": mean_kl(inner, partial(nullcontext, reference), answers, accelerator)}
+
+    def second_model(self, accelerator):
+        """Return the reference on the device. None in all processes if it is gone, or does not fit in one."""
+        model, problem = None, "another process has no memory for it"
+        try:
+            model = self.started_from().to(accelerator.device).eval()
+        except InputError as error:  # an evaluation after the run
+            problem = f"it is gone: {error}"
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            problem = "no memory is left for it"
+        missing = accelerator.reduce(torch.tensor(float(model is None), device=accelerator.device), "sum")
+        if not missing:
+            return model
+        say(f"kl is left out, as it needs the model from which training started: {problem}")
+        del model
+        release_memory()
+        return None
 
     def predict(self, outputs, batch):
         scores = scores_of(outputs)

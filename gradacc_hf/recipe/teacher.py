@@ -83,10 +83,13 @@ class Teacher:
             what = f"its {len(order)} labels {same}"
         else:
             sizes = [c.get_text_config().vocab_size for c in (self.config, student.own_config)]
-            if sizes[0] != sizes[1]:
+            if min(sizes) < len(tokenizer):
                 found = f"{self.name} has {sizes[0]:,} outputs, and {student.config.model.name} {sizes[1]:,}"
-                refuse("model.teacher", found, "name a teacher with the same vocabulary")
-            what = f"the same {sizes[0]:,} tokens"
+                allowed = f"{len(tokenizer):,} or more, as the tokenizer has: name another teacher"
+                refuse("model.teacher", found, allowed)
+            what = f"the same {len(tokenizer):,} tokens"
+            if sizes[0] != sizes[1]:
+                what += f", of which {min(sizes):,} outputs are compared (padded to {max(sizes):,})"
         settings = student.config.model
         share = f"{settings.teacher_weight:g} of the loss at temperature {settings.teacher_temperature:g}"
         return f"{self.name}, {share}; {what}"

@@ -47,12 +47,16 @@ def divergence(
 ) -> torch.Tensor:
     """Return T² · KL(teacher ‖ student) of each item (items,), in float32 at least.
 
+    Vocabularies may be padded to different sizes. The outputs that only one model has are left out.
+
     Args:
         student, teacher: Logits (items, classes).
         temperature: T, the divisor of both logits.
         several: Whether any number of the classes holds. The result is then a mean over the classes, of the
             divergence of the distribution between yes and no.
     """
+    shared = min(student.shape[-1], teacher.shape[-1])
+    student, teacher = student[..., :shared], teacher[..., :shared]
     dtype = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(dtype) / temperature, teacher.to(dtype) / temperature
     if several:

@@ -58,7 +58,7 @@ def bert(folder, kind, labels=None, layers=2, seed=0, positions=64, **more):
 def llama(folder, layers, seed, vocabulary=259):
     config = transformers.LlamaConfig(
         vocab_size=vocabulary, num_hidden_layers=layers, num_key_value_heads=2, initializer_range=0.2,
-        bos_token_id=256, eos_token_id=257, pad_token_id=258, **SIZES,
+        bos_token_id=256, eos_token_id=257, pad_token_id=258 if vocabulary > 258 else None, **SIZES,
     )  # fmt: skip
     torch.manual_seed(seed)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
@@ -92,6 +92,7 @@ def models(tmp_path_factory):
     llama(folder / "llama", 2, seed=3)
     llama(folder / "of_llama", 3, seed=4)
     llama(folder / "of_more", 1, seed=4, vocabulary=300)
+    llama(folder / "of_fewer", 1, seed=4, vocabulary=200)
     texts = [draw.choice(words, 1 + i % 12).tolist() for i in range(24)]
     labels = [{"text": " ".join(t), "label": LABELS[i % 3], "n": i} for i, t in enumerate(texts)]
     write_rows(folder / "texts.jsonl", labels)
@@ -171,8 +172,9 @@ def of_formula(recipe, window, windows):
             weights = recipe.class_weights[labels]
         task = functional.cross_entropy(student_rows, labels, reduction="none")
         task = (task * weights).sum() / weights.sum()
-        p = (teacher_rows.detach() / TEMPERATURE).softmax(-1)
-        q = (student_rows / TEMPERATURE).softmax(-1)
+        shared = min(each.shape[-1] for each in logits)  # vocabularies may be padded
+        p = (teacher_rows[:, :shared].detach() / TEMPERATURE).softmax(-1)
+        q = (student_rows[:, :shared] / TEMPERATURE).softmax(-1)
         rows = (p * (p.log() - q.log())).sum(-1)
     loss = (1 - WEIGHT) * task + WEIGHT * TEMPERATURE**2 * (rows * weights).sum() / weights.sum()
     loss.backward()
@@ -213,6 +215,11 @@ CASES = {
     "tags": ("token_classification", {"budget__max_tokens": 40}, True),
     "answers": ("causal_lm", {"budget__max_tokens": 200, "budget__lean_loss": "true"}, True),
     "answers, all logits": ("causal_lm", {"budget__max_tokens": 200, "budget__lean_loss": "false"}, True),
+    "answers, a padded vocabulary": (
+        "causal_lm",
+        {"model__teacher": "of_more", "budget__max_tokens": 200, "budget__lean_loss": "true"},
+        True,
+    ),
     "answers, packed": ("causal_lm", {"budget__max_tokens": 200, "data__packing": "true"}, False),
 }
 
@@ -220,6 +227,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_is_that_of_the_formula_over_the_whole_window(models, case, monkeypatch):
     kind, changes, removes = CASES[case]
+    if "model__teacher" in changes:
+        changes = changes | {"model__teacher": models / changes["model__teacher"]}
     if case == "several labels":
         changes = changes | {
             "data__train": models / "several.jsonl",
@@ -310,7 +319,7 @@ REFUSED = {
     ),
     "no folder": ("text_classification", {"model__teacher": "nowhere"}, "is no folder here"),
     "other tokens": ("text_classification", {"model__teacher": "of_llama"}, "the tokenizer of"),
-    "other vocabulary": ("causal_lm", {"model__teacher": "of_more"}, "has 300 outputs"),
+    "other vocabulary": ("causal_lm", {"model__teacher": "of_fewer"}, "of_fewer has 200 outputs, and "),
     "other recipe": ("masked_lm", {"model__name": "student"}, "MaskedLM learns from no teacher"),
     "no classes": (
         "text_classification",

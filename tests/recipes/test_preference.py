@@ -192,15 +192,26 @@ def test_training_from_adapters_compares_with_the_model_that_they_are(start):
     assert begin["chosen_logprob"] == pytest.approx(summary("first")["best"]["chosen_logprob"], rel=1e-4)
 
 
-def test_a_run_is_evaluated_on_its_own_data_without_the_model_that_it_started_from(start, settings, gradacc):
+def no_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_run_is_evaluated_on_its_own_data_without_the_model_that_it_started_from(
+    start, settings, gradacc, monkeypatch
+):
     model = settings[settings.index("--model.name") + 1]
     shutil.copytree(model, "model")
-    start("--output.dir", "run", "--model.name", "model", "--model.lora.rank", "0")
+    whole = ["--model.name", "model", "--model.lora.rank", "0"]
+    start("--output.dir", "run", *whole)
     assert summary("run")["eval"]["kl"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Preference, "started_from", no_memory)
+        assert "training started: no memory is left for it" in start("--output.dir", "full", *whole).err
+    assert "kl" not in summary("full")["eval"]
     shutil.rmtree("model")
     code, out, err = gradacc("evaluate", "run", "--json")
     assert code == 0, err
-    assert "kl is left out, as the model from which training started is not there" in err
+    assert "kl is left out, as it needs the model from which training started: it is gone: " in err
     assert '"kl"' not in out
     assert '"margin"' in out
 
