@@ -128,7 +128,8 @@ def metric_name(name: str) -> str:
 def metric_title(name: str) -> str:
     """Return the name of a metric as a title: "Recall at 1"."""
     metric, slash, source = metric_name(name).partition("/")
-    return metric[:1].upper() + metric[1:].replace("_", " ") + slash + source
+    words = metric.replace("logprob", "log-probability").replace("_", " ")
+    return ("KL from the reference" if metric == "kl" else words[:1].upper() + words[1:]) + slash + source
 
 
 def _verified(run: RecordedRun) -> Markup:

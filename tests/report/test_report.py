@@ -433,6 +433,10 @@ def test_metrics_have_titles_of_words_and_a_row_before_training(real, tmp_path):
         "",
     )
     assert metric_title("recall_at_1/my_chats") == "Recall at 1/my_chats"
+    assert [metric_title(name) for name in ("kl", "chosen_logprob")] == [
+        "KL from the reference",
+        "Chosen log-probability",
+    ]
     both = [run, repeat(run, tmp_path / "again", contender="again")]
     before = Page(write_report(both, tmp_path / "both.html")).figures()["before training"]
     assert before["recall_at_1"] == "0.2500"
