@@ -18,21 +18,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from gradacc_hf.accumulation.oom import out_of_memory
 from gradacc_hf.config import DataConfig
 from gradacc_hf.config.schema import tokens_per_micro_batch, with_settings
 from gradacc_hf.data.columns import file_rows
-from gradacc_hf.errors import InputError
 from gradacc_hf.recipe import Recipe
 from gradacc_hf.run import run
 from gradacc_hf.run.setup import make_model
 from gradacc_hf.tasks import chat
 from gradacc_hf.tasks.answer_scores import REFERENCE, TOKENS, check_scores, rows_of, score_rows, scores_of
 from gradacc_hf.tasks.generate import as_answer
-from gradacc_hf.tasks.kl import EXAMPLES, mean_kl
+from gradacc_hf.tasks.kl import EXAMPLES, load_reference, mean_kl
 from gradacc_hf.tasks.lean_loss import make_lean
 from gradacc_hf.tasks.preference_examples import (
     answer_lengths,
@@ -51,8 +48,6 @@ from gradacc_hf.tasks.prompts import answer_samples, write_answers
 from gradacc_hf.tasks.references import References, cache_folder
 from gradacc_hf.training.settings import LoraConfig
 from gradacc_hf.utils.adapters import has_adapters, without_adapters
-from gradacc_hf.utils.hardware import say
-from gradacc_hf.utils.memory import release_memory
 from gradacc_hf.utils.rng import preserve_rng_state
 
 
@@ -273,28 +268,9 @@ class Preference(Recipe):
         from_new_adapters &= self.config.model.lora.init == "default"
         if has_adapters(inner) and from_new_adapters:
             return {"kl": mean_kl(inner, partial(without_adapters, inner), answers, accelerator)}
-        if (reference := self.second_model(accelerator)) is None:
+        if (reference := load_reference(self.started_from, accelerator)) is None:
             return {}
         return {"kl": mean_kl(inner, partial(nullcontext, reference), answers, accelerator)}
-
-    def second_model(self, accelerator):
-        """Return the reference on the device. None in all processes if it is gone, or does not fit in one."""
-        model, problem = None, "another process has no memory for it"
-        try:
-            model = self.started_from().to(accelerator.device).eval()
-        except InputError as error:  # an evaluation after the run
-            problem = f"it is gone: {error}"
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            problem = "no memory is left for it"
-        missing = accelerator.reduce(torch.tensor(float(model is None), device=accelerator.device), "sum")
-        if not missing:
-            return model
-        say(f"kl is left out, as it needs the model from which training started: {problem}")
-        del model
-        release_memory()
-        return None
 
     def predict(self, outputs, batch):
         scores = scores_of(outputs)

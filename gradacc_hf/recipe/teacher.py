@@ -89,7 +89,7 @@ class Teacher:
                 refuse("model.teacher", found, allowed)
             what = f"the same {len(tokenizer):,} tokens"
             if sizes[0] != sizes[1]:
-                what += f", of which {min(sizes):,} outputs are compared (padded to {max(sizes):,})"
+                what += f"; one vocabulary is padded to {max(sizes):,}"
         settings = student.config.model
         share = f"{settings.teacher_weight:g} of the loss at temperature {settings.teacher_temperature:g}"
         return f"{self.name}, {share}; {what}"

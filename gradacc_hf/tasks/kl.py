@@ -15,8 +15,12 @@ from accelerate import Accelerator
 from torch.nn.functional import kl_div
 
 from gradacc_hf.accumulation.loss_items import IGNORED
+from gradacc_hf.accumulation.oom import out_of_memory
+from gradacc_hf.errors import InputError
 from gradacc_hf.tasks.references import Answer
 from gradacc_hf.training.lora import pretrained
+from gradacc_hf.utils.hardware import say
+from gradacc_hf.utils.memory import release_memory
 from gradacc_hf.utils.modeling import without_dropout
 
 EXAMPLES = 16
@@ -54,6 +58,29 @@ def mean_kl(
     of_all: Any = accelerator.reduce(sums, reduction="sum")
     total, tokens = of_all.tolist()
     return max(total / tokens, 0.0)  # below 0 by rounding, for equal models
+
+
+def load_reference(load: Callable[[], Any], accelerator: Accelerator) -> Any:
+    """Return a second model on the device. None in all processes if one of them cannot load it.
+
+    A line on stderr states why.
+    """
+    model, problem = None, "another process has no memory for it"
+    try:
+        model = load().to(accelerator.device).eval()
+    except InputError as error:  # in an evaluation after the run
+        problem = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        problem = "no memory is left for it"
+    missing = torch.tensor(float(model is None), device=accelerator.device)
+    if not accelerator.reduce(missing, reduction="sum"):
+        return model
+    say(f"kl is left out, as it needs the model from which training started: {problem}")
+    del model
+    release_memory()
+    return None
 
 
 def _logits(model: Any, answer: Answer, device: torch.device) -> torch.Tensor:
