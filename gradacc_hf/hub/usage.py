@@ -73,9 +73,21 @@ def snippet(recipe: Any, name: str) -> str:
         else:
             lines.append(f'model = pipeline("{task}", model=model, tokenizer={folder})')
         imports.append("pipeline")
-        asked = [{"role": "user", "content": example}] if recipe.of_chats else example
-        greedy = ", do_sample=False" if task == "text-generation" else ""
-        lines.append(f"print(model({_python(asked)}{greedy}))")
+        asked, how = _python(example), ""
+        if recipe.of_chats:
+            asked = _python([{"role": "user", "content": example}])
+        if task == "text-generation":
+            how = ", do_sample=False"
+        elif recipe.model_overrides().get("num_labels") == 1:  # a score, without a sigmoid
+            how = ', function_to_apply="none"'
+            if recipe.of_chats:
+                imports.insert(0, "AutoTokenizer")
+                chat = [{"role": "user", "content": example}, {"role": "assistant", "content": "An answer."}]
+                lines.insert(0, f"chat = {_python(chat)}")
+                load = f"AutoTokenizer.from_pretrained({folder})"
+                lines.insert(1, f"text = {load}.apply_chat_template(chat, tokenize=False)")
+                asked, how = "text", f"{how}, add_special_tokens=False"
+        lines.append(f"print(model({asked}{how}))")
     else:
         imports.insert(0, "AutoTokenizer")
         lines.insert(0, f"tokenizer = AutoTokenizer.from_pretrained({folder})")

@@ -1,5 +1,9 @@
 """The recipe of preferences: exactness of every loss, its command line, and what comes after a run."""
 
+import ast
+import contextlib
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -228,7 +232,7 @@ def test_a_run_answers_is_evaluated_on_other_data_verified_and_merged(start, gra
     assert gradacc("evaluate", "run")[1].count("the run recorded") == 0
 
 
-def test_a_reward_model_scores_texts_and_rows(start, gradacc):
+def test_a_reward_model_scores_texts_and_rows_as_its_card_does(start, gradacc, capfd):
     start("--output.dir", "run", "--data.loss", "reward", "--optim.lr", "0.02", "--train.epochs", "3")
     found = summary("run")["best"]
     assert found["accuracy"] > 0.5
@@ -238,6 +242,13 @@ def test_a_reward_model_scores_texts_and_rows(start, gradacc):
     assert code == 0, err
     assert out.count("chosen_score") == out.count("rejected_score") == 3
     assert '"score"' in gradacc("predict", "run", "a text")[1]
+    card, given = Path("run/best/README.md").read_text(), {}
+    with contextlib.chdir("run/best"):
+        exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], given)
+    [shown] = ast.literal_eval(capfd.readouterr().out.strip().splitlines()[-1])
+    write_rows("chat.jsonl", [{"messages": given["chat"]}])
+    [line] = gradacc("predict", "run", "--input", "chat.jsonl")[1].splitlines()
+    assert shown["score"] == pytest.approx(json.loads(line)["score"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
