@@ -131,7 +131,7 @@ class Preference(Recipe):
         self.references = References()
 
     def datasets(self):
-        rows = self.rows()
+        rows = self.rows(together=("prompt",))
         forms = [find_format(of_source, self.of_answers) for of_source in self.rows_of_sources(rows)]
         self.forms = MixedPreferences(tuple(forms))
         self.of_chats = any(form.is_chat for form in forms)

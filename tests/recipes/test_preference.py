@@ -124,6 +124,20 @@ def test_an_example_of_kto_has_an_answer_to_another_prompt_of_the_same_kind(sett
         assert desirable == (number % 2 == 0) == (not answer.strip().endswith(".</s>"))
 
 
+def test_answers_to_one_prompt_are_held_out_together(settings):
+    rows = [{"prompt": f"q{i // 2}", "completion": f"a{i}", "label": i % 2 == 0} for i in range(40)]
+    flags = merged(settings, ["--data.loss", "kto", "--data.train", write_rows("kto.jsonl", rows)])
+    place = flags.index("--data.validation") if "--data.validation" in flags else None
+    flags = flags[:place] + flags[place + 2 :] if place is not None else flags
+    recipe = make_recipe(Preference, *flags)
+    prompts = [
+        {recipe.tokenizer.decode(row["input_ids"]).rpartition("a")[0] for row in split}
+        for split in recipe.read_examples()
+    ]
+    assert len(prompts[1]) >= 2
+    assert not prompts[0] & prompts[1]
+
+
 def test_both_answers_of_a_pair_count_as_padded_to_the_longer(settings):
     recipe = make_recipe(Preference, *settings)
     training, _ = recipe.read_examples()
