@@ -78,7 +78,7 @@ def snippet(recipe: Any, name: str) -> str:
             asked = _python([{"role": "user", "content": example}])
         if task == "text-generation":
             how = ", do_sample=False"
-        elif recipe.model_overrides().get("num_labels") == 1:  # a score, without a sigmoid
+        elif getattr(recipe, "of_rewards", False):  # a score, without a sigmoid
             how = ', function_to_apply="none"'
             if recipe.of_chats:
                 imports.insert(0, "AutoTokenizer")
