@@ -23,6 +23,7 @@ from gradacc_hf.bench.progress import Progress
 from gradacc_hf.embedded import minilm_path
 from gradacc_hf.errors import InputError, one_line
 from gradacc_hf.training.run_log import measured_with
+from gradacc_hf.utils.files import whole_folder
 from gradacc_hf.utils.paths import bundle_root
 
 LAYERS = 2
@@ -77,7 +78,8 @@ def measure_distillation(
     """
     teacher, student = folder / "teacher", folder / "student"
     if not student.is_dir():
-        few_layers(student)
+        with whole_folder(student) as unfinished:
+            few_layers(unfinished)
     teaching = {"model.teacher": teacher, "model.teacher_temperature": temperature}
     teaching["model.teacher_weight"] = weight
     names: dict[str, dict[str, Any]] = {"alone": {}, "with a teacher": teaching}

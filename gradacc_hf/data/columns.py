@@ -4,15 +4,12 @@ Rows are counted from 1 as in the user's file, also after a shuffle. `loading.py
 `tasks/targets.py` makes the targets of a task from labels.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -322,29 +319,6 @@ def list_lengths(dataset: Dataset | Sequence[Any], column: str) -> np.ndarray:
         return np.array([len(row[column]) for row in dataset])
     lengths = pc.list_value_length(dataset.data.column(column))
     return lengths.to_numpy()[file_rows(dataset)].astype(np.int64)
-
-
-def key_by_code(dataset: Dataset, *files: Path) -> Dataset:
-    """Return a data set whose cached results of `map` are of these files of code, by default of gradacc's.
-
-    `map` hashes imported functions by name. It would return results of an earlier version of gradacc.
-    """
-    digests = [hashlib.sha256(path.read_bytes()).digest() for path in files] or [_code_of_package()]
-    return Dataset(
-        dataset.data,
-        info=dataset.info.copy(),
-        split=dataset.split,
-        indices_table=dataset._indices,
-        fingerprint=Hasher.hash((dataset._fingerprint, digests)),
-    )
-
-
-@cache
-def _code_of_package() -> bytes:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.digest()
 
 
 def select_rows(dataset: Dataset, rows: Sequence[int]) -> Dataset:

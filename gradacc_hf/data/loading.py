@@ -6,12 +6,14 @@ there are none. The recipe tokenises texts.
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ import numpy as np
 import yaml
 from datasets import Dataset, DatasetDict
 from datasets.data_files import FILES_TO_IGNORE
+from datasets.fingerprint import Hasher
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import DatasetCard
 
 from gradacc_hf import embedded
-from gradacc_hf.data.columns import file_rows, key_by_code
+from gradacc_hf.data.columns import file_rows
 from gradacc_hf.data.files import ALLOWED, TAGGED, Form, is_data
 from gradacc_hf.data.looks_like import looks_like
 from gradacc_hf.data.mixed import joined, mixed_columns
@@ -138,6 +141,29 @@ def choose_split(splits: Collection[str], validation: str, named: str | None) ->
         refuse("data.validation_split", found, f"allowed: {listed(splits)}")
     names = (split for split in (*VALIDATION_SPLITS, "train") if split in splits)
     return named or next(names, next(iter(splits)))
+
+
+def key_by_code(dataset: Dataset, *files: Path) -> Dataset:
+    """Return a data set whose cached results of `map` are of these files of code, by default of gradacc's.
+
+    `map` hashes imported functions by name. It would return results of an earlier version of gradacc.
+    """
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in files] or [_code_of_package()]
+    return Dataset(
+        dataset.data,
+        info=dataset.info.copy(),
+        split=dataset.split,
+        indices_table=dataset._indices,
+        fingerprint=Hasher.hash((dataset._fingerprint, digests)),
+    )
+
+
+@cache
+def _code_of_package() -> bytes:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()
 
 
 def _converted(rows: Dataset, convert: Convert | None, reading: Reading) -> Dataset:

@@ -132,9 +132,7 @@ def refresh_cards(run: Path) -> list[Path]:
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     file = run / "verify.json"
     verification = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    files = sorted((run / "evaluations").glob("*.json"), key=lambda file: file.stat().st_mtime)
-    evaluations = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    written = []
+    evaluations, written = read_evaluations(run), []
     for folder, metrics in ((run / "best", summary["best"]), (run / "last", summary["eval"])):
         if folder.is_dir():
             model = folder.name, (metrics or {}).get("window")  # a run that continues saves other models
@@ -144,6 +142,12 @@ def refresh_cards(run: Path) -> list[Path]:
             written.append(folder / "README.md")
             write_whole(written[-1], str(card))
     return written
+
+
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """Return the evaluations of a run by `gradacc evaluate`, the newest last."""
+    files = sorted((run / "evaluations").glob("*.json"), key=lambda file: file.stat().st_mtime)
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def write_card(

@@ -73,21 +73,10 @@ def snippet(recipe: Any, name: str) -> str:
         else:
             lines.append(f'model = pipeline("{task}", model=model, tokenizer={folder})')
         imports.append("pipeline")
-        asked, how = _python(example), ""
-        if recipe.of_chats:
-            asked = _python([{"role": "user", "content": example}])
-        if task == "text-generation":
-            how = ", do_sample=False"
-        elif getattr(recipe, "of_rewards", False):  # a score, without a sigmoid
-            how = ', function_to_apply="none"'
-            if recipe.of_chats:
-                imports.insert(0, "AutoTokenizer")
-                chat = [{"role": "user", "content": example}, {"role": "assistant", "content": "An answer."}]
-                lines.insert(0, f"chat = {_python(chat)}")
-                load = f"AutoTokenizer.from_pretrained({folder})"
-                lines.insert(1, f"text = {load}.apply_chat_template(chat, tokenize=False)")
-                asked, how = "text", f"{how}, add_special_tokens=False"
-        lines.append(f"print(model({asked}{how}))")
+        if recipe.of_rewards and recipe.of_chats:
+            imports.insert(0, "AutoTokenizer")
+            lines = [*_chat_lines(example, folder), *lines]
+        lines.append(f"print(model({_asked(recipe)}))")
     else:
         imports.insert(0, "AutoTokenizer")
         lines.insert(0, f"tokenizer = AutoTokenizer.from_pretrained({folder})")
@@ -95,6 +84,23 @@ def snippet(recipe: Any, name: str) -> str:
         shown = {"example": _python(example), **{key: _python(value) for key, value in rows.items()}}
         lines += [USES[task].format_map(shown)] if task in USES else []
     return f"from transformers import {', '.join(imports)}\n\n" + "\n".join(lines)
+
+
+def _chat_lines(question: str, folder: str) -> list[str]:
+    """Return lines that write a chat with an answer as a text."""
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "An answer."}]
+    text = f"AutoTokenizer.from_pretrained({folder}).apply_chat_template(chat, tokenize=False)"
+    return [f"chat = {_python(chat)}", f"text = {text}"]
+
+
+def _asked(recipe: Any) -> str:
+    """Return the arguments of a pipeline. Texts are not sampled, and a score passes no sigmoid."""
+    if recipe.of_rewards and recipe.of_chats:  # the template writes the special tokens
+        return 'text, function_to_apply="none", add_special_tokens=False'
+    if recipe.of_rewards:
+        return f'{_python(recipe.example)}, function_to_apply="none"'
+    asked = [{"role": "user", "content": recipe.example}] if recipe.of_chats else recipe.example
+    return _python(asked) + ", do_sample=False" * (recipe.pipeline_tag == "text-generation")
 
 
 def _python(value: Any) -> str:

@@ -29,9 +29,9 @@ from gradacc_hf.accumulation.loss_items import IGNORED, ComputeLoss, CountItems,
 from gradacc_hf.config.earlier_run import EarlierRun
 from gradacc_hf.config.schema import Config, DataConfig
 from gradacc_hf.data.bad_rows import Problem, check_rows
-from gradacc_hf.data.columns import file_rows, key_by_code, select_rows
+from gradacc_hf.data.columns import file_rows, select_rows
 from gradacc_hf.data.files import Form
-from gradacc_hf.data.loading import Convert, Splits, load_data
+from gradacc_hf.data.loading import Convert, Splits, key_by_code, load_data
 from gradacc_hf.data.reading import LOST, Reading, find_truncation
 from gradacc_hf.data.sources import CARRIED, SOURCE, weighed
 from gradacc_hf.embedded import FROM_SCRATCH, cure_of_misfit, resolve_model
@@ -117,6 +117,7 @@ class Recipe:
     validation_source: str = "validation"
     held_out = False  # whether the validation rows are a share of the training file
     of_chats: bool | None = False  # whether inputs are chats; None: unknown
+    of_rewards: bool = False  # whether the model gives a score to a text, as a reward model does
     sources: Sequence[str] | None = None  # of each training example in a mixture
     shares: Mapping[str, str] | None = None  # weight of each source by name
     example_weights: np.ndarray | None = None  # of each training example, if data.weight_column is set

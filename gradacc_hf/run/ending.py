@@ -16,6 +16,7 @@ from gradacc_hf.accumulation.loader import WindowLoader
 from gradacc_hf.accumulation.noise_scale import MEASUREMENTS_NEEDED, in_words
 from gradacc_hf.data.reading import counted
 from gradacc_hf.errors import listed
+from gradacc_hf.hub.model_card import read_evaluations
 from gradacc_hf.recipe.base import Recipe
 from gradacc_hf.run.teacher import teacher_line
 from gradacc_hf.utils.redaction import redact
@@ -104,10 +105,8 @@ def result_lines(
 
 def _earlier_evaluations(summary: Mapping[str, Any], folder: Path) -> str | None:
     """Return a line if the evaluations of a run that continued are of earlier models, or None."""
-    files = (folder / "evaluations").glob("*.json")
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     now = {name: (summary[key] or {}).get("window") for name, key in (("best", "best"), ("last", "eval"))}
-    of_now = [(one["data"], one.get("window") == now.get(one["model"])) for one in found]
+    of_now = [(one["data"], one.get("window") == now.get(one["model"])) for one in read_evaluations(folder)]
     earlier = {data for data, is_now in of_now if not is_now} - {data for data, is_now in of_now if is_now}
     if not earlier:
         return None

@@ -13,7 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from gradacc_hf import embedded
-from gradacc_hf.data import columns, readers
+from gradacc_hf.data import loading, readers
 from gradacc_hf.data import loading as data
 from gradacc_hf.data.columns import encode_labels, require_column, require_texts
 from gradacc_hf.data.files import encoding_fault
@@ -395,5 +395,5 @@ def test_rows_that_another_version_prepared_are_prepared_again(tmp_path, monkeyp
 
     first = prepared()._fingerprint
     assert prepared()._fingerprint == first  # from the cache
-    monkeypatch.setattr(columns, "_code_of_package", lambda: b"another version")
+    monkeypatch.setattr(loading, "_code_of_package", lambda: b"another version")
     assert prepared()._fingerprint != first

@@ -181,6 +181,13 @@ def of_formula(recipe, window, windows):
     return read_gradient(student), float(loss)
 
 
+def accumulate(recipe, window, model):
+    """Add up the gradient of a window, micro-batch by micro-batch."""
+    for batch in window:
+        with window.accelerator.accumulate(model):
+            window.accelerator.backward(window.weigh(recipe.compute_loss(model(**batch), batch)))
+
+
 class Largest(TorchDispatchMode):
     """The most rows of logits that a product with the weights of a vocabulary gives."""
 
@@ -242,9 +249,7 @@ def test_the_gradient_is_that_of_the_formula_over_the_whole_window(models, case,
     window = next(iter(windows))
     assert len(window) >= 2
     with Largest(recipe.own_config.vocab_size) as largest:
-        for batch in window:
-            with window.accelerator.accumulate(model):
-                window.accelerator.backward(window.weigh(recipe.compute_loss(model(**batch), batch)))
+        accumulate(recipe, window, model)
     expected, loss = of_formula(recipe, window, windows)
     assert relative_error(read_gradient(model), expected) <= EXACT
     assert window.loss == pytest.approx(loss, rel=1e-5)
@@ -261,9 +266,7 @@ def test_the_router_loss_is_of_the_student_alone_with_the_factor_of_the_model(mo
     recipe, windows, _, model = parts(models, "causal_lm", **names, **budget)
     window = next(iter(windows))
     look_ahead(recipe.compute_loss, model, window)
-    for batch in window:
-        with window.accelerator.accumulate(model):
-            window.accelerator.backward(window.weigh(recipe.compute_loss(model(**batch), batch)))
+    accumulate(recipe, window, model)
     of_routers = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "student")
     batch = windows.collated(window.indices, window.pad_to).batch
     router_loss = 0.5 * of_routers(**batch, output_router_logits=True).aux_loss
@@ -283,9 +286,7 @@ def test_a_teacher_teaches_a_mixture_with_few_logits_at_a_time(models):
     recipe.sources, recipe.shares = ["a", "b"] * 12, {"a": "1", "b": "1"}
     windows, _ = make_windows(recipe, training, validation, Accelerator(cpu=True))
     model, window = make_model(recipe).train(), next(iter(windows))
-    for batch in window:
-        with window.accelerator.accumulate(model):
-            window.accelerator.backward(window.weigh(recipe.compute_loss(model(**batch), batch)))
+    accumulate(recipe, window, model)
     expected, loss = of_formula(recipe, window, windows)
     assert relative_error(read_gradient(model), expected) <= EXACT
     assert window.loss == pytest.approx(loss, rel=1e-5)
